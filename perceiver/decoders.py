@@ -135,9 +135,10 @@ class FlowDecoder(nn.Module):
         self.head = zero_linear(channels, 2)
 
     def queries(self, inputs: Inputs, asked: Mapping[str, Tensor] | None) -> Inputs:
-        """Return the inputs themselves, or those of the pixels asked for."""
+        """Return the inputs themselves, or those of the pixels asked for; of frames apart those of the first."""
         if not asked:
-            return inputs
+            pixels = math.prod(self.grid)
+            return inputs if inputs.elements == pixels else Inputs(inputs.dense[:, :pixels])
         index = asked["flow"][..., None].expand(-1, -1, self.channels)
         return Inputs(inputs.dense.expand(len(index), -1, -1).gather(1, index))
 

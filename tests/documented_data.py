@@ -139,8 +139,11 @@ def texts(root: Path) -> None:
 
 
 def flows(root: Path) -> None:
-    """Write FlyingChairs, and two scenes of MPI Sintel."""
+    """Write AutoFlow, FlyingChairs, and two scenes of MPI Sintel."""
     field = flo(np.ones((40, 48, 2), np.float32))
+    for table in range(5):
+        pair = {f"im{k}.png": photo(2 * table + k, kind="PNG") for k in (0, 1)}
+        write(root / f"AutoFlow/static_40k_png_1_of_4/table_{table}_batch_0", pair | {"forward.flo": field})
     for index in range(1, 6):
         pair = {f"{index:05d}_img{k}.ppm": photo(2 * index + k, kind="PPM") for k in (1, 2)}
         write(root / "FlyingChairs_release/data", pair | {f"{index:05d}_flow.flo": field})

@@ -36,6 +36,8 @@ def check_inputs(model: Any, shapes: Shapes, data: DataConfig, manifest: Manifes
             check = CHECKS.get(name)
             if check and shapes[name] != tuple(tensor.shape[1:]):
                 check(key, inputs, shapes[name], data, trained)
+        if inputs.kind == "flow_frames":
+            _check_tiles(inputs, data)
         if inputs.kind == "mel" and inputs.rate != data.audio.rate:
             raise UserError(
                 f"{key}.rate = {inputs.rate}, but data.audio.rate = {data.audio.rate}: "
@@ -104,6 +106,15 @@ def _check_frames(key: str, inputs: Any, shape: tuple[int, ...], data: DataConfi
             f"{key}.size = {list(inputs.size)}, but the pairs of {data.url} come as {height} x {width}: "
             + ("" if trained else f"set {key}.size to [{height}, {width}], or ")
             + f"{'set ' * trained}data.image_size to {list(inputs.size)}"
+        )
+
+
+def _check_tiles(inputs: Any, data: DataConfig) -> None:
+    whole = data.flow.eval_size
+    if whole and (whole[0] < inputs.size[0] or whole[1] < inputs.size[1]):
+        raise UserError(
+            f"data.flow.eval_size = {list(whole)} is smaller than the model's {inputs.size[0]} x {inputs.size[1]}: set "
+            "it to the size of the frames, or remove it"
         )
 
 

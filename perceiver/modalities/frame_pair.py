@@ -1,7 +1,7 @@
 """Two frames for optical flow: 3x3 neighbourhoods of both, stacked, through a linear layer, with 2-D positions.
 
-Source: Perceiver IO §4.2 and App. H: images in [-1, 1], 54 values per pixel -> 64, Fourier 64 bands at (368, 496). The
-normalisation of each pair is ours, for small data.
+Source: Perceiver IO §4.2 and App. H: images in [-1, 1], 54 values per pixel -> 64, Fourier 64 bands at (368, 496); the
+ablation has the frames apart, and windows of one pixel. The normalisation of each pair is ours, for small data.
 """
 
 from collections.abc import Mapping
@@ -26,6 +26,10 @@ class FlowFramesConfig(Config):
     normalise: Literal["range", "pair"] = Field(
         default="range", description="Pixels are mapped to [-1, 1], or to mean 0 and deviation 1 of their own pair."
     )
+    frames_apart: bool = Field(
+        default=False,
+        description="An input for each frame, whose position begins with the frame; not one for both.",
+    )
     window: int = Field(default=3, ge=1, le=99, description="Side of the neighbourhood of a pixel; odd.")
     front_end_channels: Size = Field(default=64, description="Width after the linear layer.")
     positions: PositionConfig = Field(default=FourierConfig(), discriminator="kind", description="Positions.")
@@ -36,7 +40,10 @@ class FlowFramesConfig(Config):
 
 
 class FlowFrames(nn.Module):
-    """Turns two frames into inputs, one per pixel: [64 of both frames' neighbourhood | position]."""
+    """Turns two frames into inputs, one per pixel: [64 of both frames' neighbourhood | position].
+
+    With the frames apart the first frame's inputs come first; a decoder's queries are these.
+    """
 
     keys = ("video",)
 
@@ -46,9 +53,11 @@ class FlowFrames(nn.Module):
             raise UserError(f"inputs.window: got {config.window}; wanted an odd side such as 3")
         self.config = config
         self.grid = config.size
-        self.elements = config.size[0] * config.size[1]
-        self.front_end = haiku_default(linear(2 * config.channels * config.window**2, config.front_end_channels))
-        self.positions = Positions(config.positions, self.grid)
+        apart = config.frames_apart
+        self.elements = (1 + apart) * config.size[0] * config.size[1]
+        values = (2 - apart) * config.channels * config.window**2
+        self.front_end = haiku_default(linear(values, config.front_end_channels))
+        self.positions = Positions(config.positions, (2, *self.grid) if apart else self.grid)
         self.channels = config.front_end_channels + self.positions.channels
 
     def example(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
@@ -60,9 +69,14 @@ class FlowFrames(nn.Module):
         """Map frames (B, 2, C, H, W) to inputs."""
         frames = raw["video"]
         x = frames.to(dtype) if frames.is_floating_point() else self._normalised(frames).to(dtype)
-        patches = neighbourhoods(x, self.config.window)
+        grid: tuple[int, ...] = (x.shape[3], x.shape[4])
+        if self.config.frames_apart:
+            patches = torch.cat([neighbourhoods(frame, self.config.window) for frame in x.split(1, 1)], dim=1)
+            grid = (2, *grid)
+        else:
+            patches = neighbourhoods(x, self.config.window)
         data = self.front_end(patches.to(self.front_end.weight.dtype)).to(dtype)
-        return self.positions(data, (x.shape[3], x.shape[4]))
+        return self.positions(data, grid)
 
     def _normalised(self, frames: Tensor) -> Tensor:
         """Map frames (B, 2, C, H, W) uint8 to float32 as configured; a pair of one grey value becomes zeros."""

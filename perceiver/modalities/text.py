@@ -59,7 +59,9 @@ class TextInputs(nn.Module):
         self.config = config
         self.elements, self.channels = config.length, config.channels
         self.tokens = nn.Embedding(config.vocabulary, config.channels)
-        nn.init.trunc_normal_(self.tokens.weight, std=config.init_std, a=-2.0 * config.init_std, b=2.0 * config.init_std)
+        nn.init.trunc_normal_(
+            self.tokens.weight, std=config.init_std, a=-2.0 * config.init_std, b=2.0 * config.init_std
+        )
         self.positions = latent_array(config.length, config.channels, config.position_init_std)
         self.conv: nn.Conv1d | None = None
         if config.front_end == "conv":

@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from perceiver.config import Config, Positive, Seed, Size
-from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, valid_rows
+from perceiver.config import Config, Positive, Seed, Size, UserError
+from perceiver.tasks._base import Batch, LossOutput, RandomTask, Task, model_inputs, network, valid_rows
 
 
 class FlowConfig(Config):
@@ -29,6 +29,9 @@ class Flow(RandomTask):
 
     With `queries`, training decodes that many random pixels of each sample in each step; a sample's sum is then the
     mean over its chosen valid pixels times the number of its valid pixels, an unbiased estimate of the whole sum.
+
+    Frames that are larger than the model's (`data.flow.eval_size`) are answered in tiles, whose flows are averaged with
+    the weights of `tile_weights` (App. H).
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -68,7 +71,7 @@ class Flow(RandomTask):
             flow = flow.gather(2, index[:, None].expand(-1, 2, -1))
             found = model(model_inputs(model, batch), {"flow": index})
         else:
-            found = model(model_inputs(model, batch)).flatten(2)
+            found = self._whole(model, batch).flatten(2)
         error = ((found.float() - flow).square().sum(1) + 1e-12).sqrt()
         loss_sum = (error * weight)[valid].sum()
         far = (error > 3) & (error > 0.05 * flow.norm(dim=1)) & valid
@@ -83,4 +86,43 @@ class Flow(RandomTask):
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the flow as `prediction` (B, 2, H, W) in pixels."""
-        return {"prediction": model(model_inputs(model, batch)).float()}
+        return {"prediction": self._whole(model, batch).float()}
+
+    def _whole(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the flow (B, 2, H, W) of frames of the model's size, or of larger ones from tiles."""
+        frames, size = batch["video"], network(model).decoder.grid
+        if tuple(frames.shape[3:]) == size:
+            return model(model_inputs(model, batch))
+        rows, columns = (tile_starts(*pair) for pair in zip(frames.shape[3:], size, strict=True))
+        weight = tile_weights(size).to(frames.device)
+        total = torch.zeros(len(frames), 2, *frames.shape[3:], device=frames.device)
+        weights = torch.zeros(frames.shape[3:], device=frames.device)
+        for top in rows:
+            for left in columns:
+                place = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+                part = {**batch, "video": frames[place].contiguous()}
+                total[place] += model(model_inputs(model, part)).float() * weight
+                weights[place] += weight
+        return total / weights
+
+
+def tile_starts(length: int, tile: int, overlap: int = 20) -> list[int]:
+    """Return where tiles start along an axis: as many as needed to overlap by at least `overlap`, the last at the end.
+
+    As in the released code of Perceiver IO: two and three, six tiles, for Sintel's 436 x 1024 and tiles of 368 x 496.
+
+    Raises:
+        UserError: the axis is shorter than a tile.
+    """
+    if length < tile:
+        raise UserError(
+            f"frames of {length} pixels for a model of {tile}: wanted at least as many: set data.flow.eval_size"
+        )
+    starts = [*range(0, length, max(1, tile - overlap))]
+    return sorted({min(start, length - tile) for start in [*starts[:-1], length - tile]})
+
+
+def tile_weights(size: tuple[int, int]) -> Tensor:
+    """Return the weight of each pixel of a tile (h, w): its distance to the nearest edge, 1 at the edge."""
+    rows, columns = (torch.minimum(torch.arange(n) + 1, n - torch.arange(n)).float() for n in size)
+    return torch.minimum(rows[:, None], columns[None])

@@ -142,7 +142,9 @@ def sample_spec(data: DataConfig, manifest: Manifest, *, split: str, training: b
     """
     size = sum(feature.decoded_bytes() for feature in manifest.features.values())
     room = min(KEEP_DECODED_BYTES, data.cache_bytes // max(1, manifest.split(split).samples))
-    spec = SampleSpec(manifest.features, data, len(manifest.classes), training, 0 < size <= room)
+    larger = not training and data.flow.eval_size
+    view = data.model_copy(update={"image_size": data.flow.eval_size}) if larger else data
+    spec = SampleSpec(manifest.features, view, len(manifest.classes), training, 0 < size <= room)
     return dataclasses.replace(spec, keep_shown=spec.row_bytes <= room)
 
 

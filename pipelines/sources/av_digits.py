@@ -9,6 +9,7 @@ in the two sources.
 
 import functools
 import io
+import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -35,6 +36,7 @@ PIXEL_NOISE = 0.25
 """Standard deviation of the pixels' noise; 1 is white."""
 LOUDNESS = 0.1
 """Root mean square of the note and of the noise (0 dB); 1 is full scale."""
+MOST_NOISE = 4
 SAMPLES = notes.RATE * FRAMES // FPS
 
 
@@ -53,8 +55,8 @@ def packages(src: str | None) -> tuple[str, str]:
     return str(paths[0]), str(paths[1])
 
 
-def moving_digit(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return frames (4, 32, 32) of a digit (28, 28) that drifts behind a bar, with noise."""
+def moving_digit(image: NDArray[np.uint8], rng: np.random.Generator, noise: float = 1.0) -> NDArray[np.uint8]:
+    """Return frames (4, 32, 32) of a digit (28, 28) that drifts behind a bar, with noise times `noise`."""
     room = SIDE - image.shape[0]
     start, end = rng.integers(0, room + 1, 2), rng.integers(0, room + 1, 2)
     bar = int(rng.integers(SIDE // 2 - BAR // 2 - 2, SIDE // 2 - BAR // 2 + 3))
@@ -63,15 +65,15 @@ def moving_digit(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
         top, left = np.rint(start + (end - start) * number / (FRAMES - 1)).astype(int)
         frames[number, top : top + image.shape[0], left : left + image.shape[1]] = image / 255
     frames[:, :, bar : bar + BAR] = 0
-    frames += rng.normal(0, PIXEL_NOISE, frames.shape)
+    frames += noise * rng.normal(0, PIXEL_NOISE, frames.shape)
     return (frames.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def noisy_note(note: NDArray[np.int16], rng: np.random.Generator) -> NDArray[np.int16]:
-    """Return the first half second of a note with white noise of the same power, (8000,)."""
+def noisy_note(note: NDArray[np.int16], rng: np.random.Generator, noise: float = 1.0) -> NDArray[np.int16]:
+    """Return the first half second of a note with white noise of the same power times `noise`, (8000,)."""
     sound = note[:SAMPLES] / 32768
     sound = sound * (LOUDNESS / max(float(np.sqrt(np.mean(sound**2))), 1e-4))
-    sound += rng.normal(0, LOUDNESS, SAMPLES)
+    sound += noise * rng.normal(0, LOUDNESS, SAMPLES)
     return np.rint(sound.clip(-1, 1) * 32767).astype(np.int16)
 
 
@@ -97,17 +99,32 @@ def matroska(frames: NDArray[np.uint8], sound: NDArray[np.int16], fps: int) -> b
     return sink.getvalue()
 
 
+def _noise(options: Mapping[str, str]) -> dict[str, float]:
+    """Return the factor of the noise as content of the units; none if it is 1, as in data without the option."""
+    try:
+        value = float(options.get("noise", "1"))
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= MOST_NOISE:
+        raise UserError(f"option noise={options['noise'][:80]}: wanted a number from 0 to {MOST_NOISE}, such as 0")
+    return {} if value == 1 else {"noise": value}
+
+
 class AVDigits:
-    """The source: 4,000 samples to train on and 1,000 held out, as those of `digits`."""
+    """The source: 4,000 samples to train on and 1,000 held out, as those of `digits`.
+
+    Option: `noise`, a factor of the noise from 0 to 4 (1).
+    """
 
     title = "5,000 moving digits with instrument notes, audio and video (from the packages of digits and notes)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the samples; `src` is a folder with both packages' files, downloaded if None."""
-        refuse_options(options)
+        refuse_options(options, ("noise",))
+        noise = _noise(options)
         pixels, _ = packages(src)
         _, labels = digits.read_archive(pixels)
-        units = units_of(digits.stratified_split(labels, seed), shard_rows, "rows", src=src, seed=seed)
+        units = units_of(digits.stratified_split(labels, seed), shard_rows, "rows", src=src, seed=seed, **noise)
         classes = tuple(f"{digit} with {family}" for digit, family in enumerate(notes.CLASSES))
         features = {"media": MediaFeature(channels=1, size=(SIDE, SIDE)), "label": LabelFeature()}
         return Listing("av_digits", features, classes, LICENCE, ORIGIN, units)
@@ -116,14 +133,15 @@ class AVDigits:
         """Compose and encode the unit's samples; the note is drawn among those of the digit's family and split."""
         pixels, fonts = packages(unit.content["src"])
         images, labels = digits.read_archive(pixels)
-        font = notes.soundfont(fonts)
+        font, noise = notes.soundfont(fonts), unit.content.get("noise", 1.0)
         places = notes.split_notes(font, 0)[unit.split]
         families = [[place for place in places if place[3] == family] for family in range(len(notes.CLASSES))]
         for row in unit.content["rows"]:
             rng = np.random.default_rng(item_seed(unit.content["seed"], f"av_digits/{row}"))
             label = int(labels[row])
             place = families[label][int(rng.integers(len(families[label])))]
-            media = matroska(moving_digit(images[row], rng), noisy_note(notes.render(font, place), rng), FPS)
+            frames = moving_digit(images[row], rng, noise)
+            media = matroska(frames, noisy_note(notes.render(font, place), rng, noise), FPS)
             yield {"key": f"mnist_5k/{row}+TimGM6mb/{'/'.join(map(str, place[:3]))}", "media": media, "label": label}
 
 

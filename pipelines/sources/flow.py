@@ -1,4 +1,6 @@
-"""Optical flow: FlyingChairs, MPI Sintel and KITTI 2012/2015 in the layout of their archives.
+"""Optical flow: AutoFlow, FlyingChairs, MPI Sintel and KITTI 2012/2015 in the layout of their archives.
+
+AutoFlow: `static_40k_png_1_of_4/table_0_batch_0/` with `im0.png`, `im1.png` and `forward.flo`; a table is a scene.
 
 FlyingChairs: `*_img1.ppm`, `*_img2.ppm`, `*_flow.flo` (also .png, .jpg), with `FlyingChairs_train_val.txt` for the
 splits. Sintel: `training/clean/SCENE/frame_0001.png` with `training/flow/SCENE/frame_0001.flo`; option `pass=final`.
@@ -18,6 +20,7 @@ from pipelines.sources._files import Found, look, unreadable
 from pipelines.transforms.optical_flow import pack
 
 FRAMES = ("ppm", "png", "jpg", "jpeg")
+AUTOFLOW = re.compile(r"((?:.*/)?([^/]+?)(?:_batch_\d+)?/)forward\.flo$")
 CHAIRS = re.compile(r"(.*)_flow\.flo$")
 SINTEL = re.compile(r"(.*?)flow/([^/]+)/frame_(\d+)\.flo$")
 KITTI = re.compile(r"(.*?)flow_occ/(\d+)_10\.png$")
@@ -35,12 +38,12 @@ class FlowPairs:
     `held_out` (their share, 0.2), `pass` (of Sintel: clean or final).
     """
 
-    title = "image pairs with optical flow: FlyingChairs, MPI Sintel, KITTI"
+    title = "image pairs with optical flow: AutoFlow, FlyingChairs, MPI Sintel, KITTI"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the pairs below `src`."""
         refuse_options(options, OPTIONS)
-        folder = source_folder("flow", src, "a flow data set (FlyingChairs, Sintel or KITTI as unpacked)")
+        folder = source_folder("flow", src, "a flow data set (AutoFlow, FlyingChairs, Sintel or KITTI as unpacked)")
         found = look(folder, (".flo", "train_val.txt", *(f".{suffix}" for suffix in FRAMES)))
         scenes = find_pairs(folder, found, choice(options, "pass", ("clean", "final"), "clean"))
         split, rng = choice(options, "split", ("auto", "train", "test"), "auto"), random.Random(seed)
@@ -50,7 +53,7 @@ class FlowPairs:
         else:
             splits = {split: [pair for pairs in scenes.values() for pair in pairs]}
         units = shuffled_units(splits, rng, shard_rows, src=folder.url)
-        licence = "not stated: see the data set (all three are for research)"
+        licence = "not stated: see the data set (all of them are for research)"
         return Listing(
             base_name(folder.url),
             {"flow": FlowFeature()},
@@ -98,14 +101,17 @@ def find_pairs(folder: Folder, files: Found, passes: str) -> dict[str, list[Pair
             files.ignore("images of no pair with flow", name)
     if not scenes:
         raise UserError(
-            f"no pairs with flow below {folder.url}: wanted *_img1.ppm, *_img2.ppm and *_flow.flo"
-            " (FlyingChairs), clean/ and flow/ (Sintel), or image_2/ and flow_occ/ (KITTI)"
+            f"no pairs with flow below {folder.url}: wanted im0.png, im1.png and forward.flo (AutoFlow),"
+            " *_img1.ppm, *_img2.ppm and *_flow.flo (FlyingChairs), clean/ and flow/ (Sintel), or image_2/ and"
+            " flow_occ/ (KITTI)"
         )
     return scenes
 
 
 def _frames_of(name: str, passes: str) -> tuple[str, list[str]]:
     """Return the scene of a flow file, and the possible stems of its frames: first, second, first, second, ..."""
+    if found := AUTOFLOW.match(name):
+        return found[2], [f"{found[1]}im0", f"{found[1]}im1"]
     if found := CHAIRS.match(name):
         return found[1], [f"{found[1]}_img1", f"{found[1]}_img2"]
     if found := SINTEL.match(name):

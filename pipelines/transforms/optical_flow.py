@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from perceiver.config import Config, Factors
+from perceiver.config import Config, Factors, Size
 from pipelines.transforms import BadSample
 from pipelines.transforms.decode import Picture, decode_image, to_image, to_picture
 from pipelines.transforms.resize import Pixels
@@ -26,10 +26,18 @@ Valid = NDArray[np.bool_]
 
 
 class FlowViewConfig(Config):
-    """Random changes to training pairs: both frames alike, the flow with them. The crop is `data.image_size`."""
+    """Random changes to training pairs: both frames alike, the flow with them. The crop is `data.image_size`.
+
+    Evaluations have the centre crop of that size, or of `eval_size`; what exceeds the frames has no known flow.
+    """
 
     flip: bool = Field(default=False, description="mirror left and right with probability 0.5")
     scale: Factors = Field(default=(1.0, 1.0), description="range of the zoom factor, uniform")
+    eval_size: tuple[Size, Size] | None = Field(
+        default=None,
+        description="height and width of the frames in evaluations if they are not image_size, such as [436, 1024] of "
+        "Sintel; the model answers larger frames in tiles",
+    )
 
 
 @dataclass(frozen=True)

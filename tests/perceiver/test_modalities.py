@@ -204,6 +204,39 @@ def test_flow_neighbourhoods():
     torch.testing.assert_close(got, x[0, :, :, 1:4, 2:5].permute(0, 2, 3, 1))
 
 
+def test_frames_apart_are_inputs_of_their_own():
+    """Twice the inputs, the frame on the first axis of their positions; the queries are those of the first frame."""
+    model = build_model(
+        model_config(
+            {
+                "kind": "perceiver_io",
+                "inputs": {**SMALL["flow_frames"], "frames_apart": True},
+                "decoder": {"kind": "flow"},
+                "latents": 5,
+                "latent_channels": 8,
+                "blocks": 1,
+                "self_attends_per_block": 1,
+                "heads": 2,
+            }
+        ),
+        classes=None,
+    ).eval()
+    frames = torch.randint(0, 256, (2, 2, 3, 6, 8), dtype=torch.uint8)
+    read = model.inputs({"video": frames}, torch.float32)
+    dense = read.dense
+    assert dense.shape[1] == 2 * 6 * 8 and model.inputs.elements == 96
+    swapped = model.inputs({"video": frames.flip(1)}, torch.float32).dense
+    torch.testing.assert_close(swapped[:, :48, :64], dense[:, 48:, :64])
+    place = dense[0, :, 64:]
+    assert not torch.equal(place[:48], place[48:]) and torch.equal(place, swapped[0, :, 64:])
+    queries = model.decoder.queries(read, None).dense
+    torch.testing.assert_close(queries, dense[:, :48])
+    torch.testing.assert_close(
+        model.decoder.queries(read, {"flow": torch.arange(48)[None].expand(2, -1)}).dense, queries
+    )
+    assert model({"video": frames}).shape == (2, 2, 6, 8)
+
+
 def test_pairs_of_frames_are_normalised_by_their_own_mean_and_deviation():
     model = model_of({**SMALL["flow_frames"], "normalise": "pair"}).inputs
     frames = torch.randint(0, 120, (3, 2, 3, 6, 8), dtype=torch.uint8)

@@ -77,6 +77,12 @@ def test_matching_data_pass() -> None:
         (PointsFeature(), {"kind": "points", "features": 3}, {}, "3 features.*3 columns: set .*features to 0"),
         (ImageFeature(channels=1, size=(8, 8)), {"kind": "image", "size": [8, 8]}, {}, "model.inputs.channels = 3"),
         (ImageFeature(channels=3, size=(9, 8)), {"kind": "image", "size": [8, 8]}, {}, r"data.image_size .*\[8, 8\]"),
+        (
+            FlowFeature(size=(16, 16)),
+            {"kind": "flow_frames", "size": [16, 16]},
+            {"flow": {"eval_size": [16, 12]}},
+            r"eval_size = \[16, 12\] is smaller than the model's 16 x 16",
+        ),
     ],
 )
 def test_other_data_are_refused(feature: Feature, inputs: Any, changes: Any, reason: str) -> None:

@@ -10,10 +10,11 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 
 from perceiver import registry
+from perceiver.config import UserError
 from perceiver.factory import build_model, model_config
 from perceiver.tasks import TaskConfig, build_task
 from perceiver.tasks.autoencoding import Autoencoding, AutoencodingConfig
-from perceiver.tasks.optical_flow import Flow, FlowConfig
+from perceiver.tasks.optical_flow import Flow, FlowConfig, tile_starts
 from perceiver.tasks.tagging import TaggingConfig, binned_precision
 
 FEW = {"kind": "fourier", "bands": 3}
@@ -124,6 +125,40 @@ def setting(kind: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
 
 def rows(batch: dict[str, torch.Tensor], part: slice) -> dict[str, torch.Tensor]:
     return {key: value[part] for key, value in batch.items()}
+
+
+def test_larger_frames_are_answered_in_weighted_tiles():
+    """Each pixel has the mean of its tiles' flows by their distance to the tile's edge."""
+    task, model, batch = setting("flow")
+    batch = {"video": torch.randint(0, 256, (2, 2, 3, 11, 20), dtype=torch.uint8), "flow": torch.zeros(2, 2, 11, 20)}
+    batch["flow_valid"] = torch.ones(2, 11, 20, dtype=torch.bool)
+    found = task.predict(model, batch)["prediction"]
+    rows = torch.arange(8)
+    edge = torch.minimum(rows + 1, 8 - rows).double()
+    weight = torch.minimum(edge[:, None], edge[None])
+    total, weights = torch.zeros(2, 2, 11, 20).double(), torch.zeros(11, 20).double()
+    for top in sorted({*range(3), 3}):
+        for left in range(13):
+            part = model(batch["video"][..., top : top + 8, left : left + 8])
+            total[..., top : top + 8, left : left + 8] += part.double() * weight
+            weights[top : top + 8, left : left + 8] += weight
+    torch.testing.assert_close(found, (total / weights).float(), rtol=1e-4, atol=1e-5)
+    out = task.loss(model, batch)
+    wanted = (found.square().sum(1) + 1e-12).sqrt().sum()
+    torch.testing.assert_close(out.loss_sum, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "tile", "starts"),
+    [(436, 368, [0, 68]), (1024, 496, [0, 476, 528]), (368, 368, [0]), (369, 368, [0, 1]), (10, 8, [0, 1, 2])],
+)
+def test_tiles_lie_as_in_the_released_code(length: int, tile: int, starts: list[int]):
+    assert tile_starts(length, tile) == starts
+
+
+def test_frames_smaller_than_a_tile_are_refused():
+    with pytest.raises(UserError, match="300 pixels for a model of 368.*eval_size"):
+        tile_starts(300, 368)
 
 
 def test_tokens_may_be_asked_by_the_inputs():

@@ -119,6 +119,38 @@ def test_frames_and_flow_stay_together(config: dict, sparse: bool) -> None:
         assert np.abs(here.astype(int) - there).mean() < (1 if factor == 1 else 12)
 
 
+def test_autoflow_is_read_by_table(tmp_path: Path) -> None:
+    """Whole tables are held out, wherever their parts lie; a flow without its frames is rejected."""
+    first, second, field = scene()
+    files: dict[str, bytes] = {}
+    for table in range(5):
+        for batch in range(2):
+            place = f"static_40k_png_{batch + 1}_of_4/table_{table}_batch_{batch}"
+            shown = {"im0.png": first, "im1.png": second, "forward.flo": flo(field)}
+            files |= {f"{place}/{name}": content for name, content in shown.items()}
+    del files["static_40k_png_1_of_4/table_0_batch_0/im1.png"]
+    manifest = prepared(write(tmp_path / "auto", files), tmp_path / "out")
+    found = keys(tmp_path / "out", manifest)
+    assert sorted(map(len, found.values()))[0] in (1, 2) and sum(map(len, found.values())) == 9
+    tables = {split: {key.split("table_")[1][0] for key in names} for split, names in found.items()}
+    assert not tables["train"] & tables["test"]
+    assert manifest.rejected == 1
+
+
+def test_evaluations_may_have_larger_frames(tmp_path: Path) -> None:
+    """Training has crops of the model's size; what exceeds the frames of an evaluation has no known flow."""
+    src = write(tmp_path / "chairs", chairs(5) | {"FlyingChairs_train_val.txt": b"1\n2\n1\n1\n1\n"})
+    prepared(src, tmp_path / "out")
+    view = FlowViewConfig(eval_size=(44, 56))
+    data = DataConfig(url=str(tmp_path / "out"), executor="inline", image_size=(24, 32), flow=view)
+    manifest = load_manifest(data.url)
+    share = TrainShare(seed=0, rank=0, world=1, global_batch=4, micro_batch=4, start_step=0, stop_step=1)
+    assert next(train_batches(data, manifest, share, "cpu"))["video"].shape == (4, 2, 3, 24, 32)
+    batch = next(eval_batches(data, manifest, EvalShare("test", 1), "cpu"))
+    assert batch["video"].shape == (1, 2, 3, 44, 56) and batch["flow"].shape == (1, 2, 44, 56)
+    assert batch["flow_valid"][0, :40].all() and not batch["flow_valid"][0, 40:].any()
+
+
 def test_chairs_follow_their_list_and_train_the_task(tmp_path: Path) -> None:
     src = write(tmp_path / "chairs", chairs(5) | {"FlyingChairs_train_val.txt": b"1\n2\n1\n1\n1\n"})
     manifest = prepared(src, tmp_path / "out")

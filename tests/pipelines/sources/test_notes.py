@@ -96,6 +96,15 @@ def test_moving_digits_are_lossless_recordings_and_the_same_each_time() -> None:
         # 0 dB: the note and the noise, each of 0.1, make 0.1 * sqrt(2).
         assert (shown["audio"] / 32768).std() == pytest.approx(0.1 * 2**0.5, rel=0.05)
         assert shown["video"].std() > 20 and (shown["video"][0] != shown["video"][1]).any()
+    clean = next(iter(av_digits.source.listing(None, seed=3, shard_rows=4, options={"noise": "0"}).units))
+    assert clean.content == {**units[0].content, "noise": 0.0}
+    for sample in av_digits.source.samples(clean):
+        shown = feature.show("media", feature.decode(sample["media"], view, 10), view, False, None)
+        assert (shown["audio"] / 32768).std() == pytest.approx(0.1, rel=0.05), "the note alone"
+        assert (shown["video"] == 0).mean() > 0.7, "a digit on black"
+    for noise in ("", "x", "nan", "-1", "5"):
+        with pytest.raises(UserError, match=f"option noise={noise}: wanted a number from 0 to 4"):
+            av_digits.source.listing(None, seed=3, shard_rows=4, options={"noise": noise})
     frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32), dtype=np.uint8)
     sound = np.random.default_rng(0).integers(-9000, 9000, 8000).astype(np.int16)
     decoded = feature.decode(av_digits.matroska(frames, sound, 8), view, 10)
