@@ -14,7 +14,7 @@ from perceiver.config import UserError
 from pipelines.features import LabelFeature, TextFeature
 from pipelines.packages import Package, fetch
 from pipelines.sources import Listing, Sample, Unit, refuse_options
-from pipelines.sources._common import units_of
+from pipelines.sources._common import share, units_of
 
 PACKAGE = Package(
     "django==5.2.19",
@@ -72,19 +72,24 @@ def read_archive(path: str) -> list[tuple[str, str, str, str]]:
 
 
 class Languages:
-    """The source: texts of at least ten characters and their language."""
+    """The source: texts of at least ten characters and their language.
+
+    Option: `share` (of the training texts that are taken, 1), to see what labels are worth.
+    """
 
     title = "short texts in 10 languages (translations in the Django package)"
 
     def listing(self, src: str | None, *, seed: int, shard_rows: int, options: Mapping[str, str]) -> Listing:
         """List the texts; `src` is a copy of the package's file, downloaded if None."""
-        refuse_options(options)
+        refuse_options(options, ("share",))
+        taken = share(options, "share", "0.1") if "share" in options else 1.0
         splits: dict[str, list[int]] = {"train": [], "test": []}
         for row, (_, original, _, _) in enumerate(read_archive(str(src) if src else str(fetch(PACKAGE)))):
             part = int(hashlib.md5(original.encode(), usedforsecurity=False).hexdigest(), 16) % PARTS
             splits["test" if part == 0 else "train"].append(row)
         for rows in splits.values():
             random.Random(seed).shuffle(rows)
+        splits["train"] = splits["train"][: max(1, round(taken * len(splits["train"])))]
         units = units_of(splits, shard_rows, "rows", path=src)
         features = {"text": TextFeature(), "label": LabelFeature()}
         licence, origin = "Django and its translators, BSD-3-Clause", f"{PACKAGE.requirement}, django/**/*.po"

@@ -193,6 +193,13 @@ def test_languages_are_read_from_catalogues(tmp_path: Path) -> None:
         ("en", "one thing of many things"),
     ]
     assert all(row["key"].startswith("django/conf/locale/") for row in rows)
+    count = {split: found.samples for split, found in manifest.splits.items()}
+    half = PrepareConfig(parallel="off", options={"share": "0.5"})
+    part = prepare("languages", str(path), str(tmp_path / "half"), half)
+    assert {split: found.samples for split, found in part.splits.items()} == {
+        **count,
+        "train": round(count["train"] / 2),
+    }
     with zipfile.ZipFile(tmp_path / "empty.whl", "w") as package:
         package.writestr("x", "y")
     with pytest.raises(UserError, match="no translations"):
