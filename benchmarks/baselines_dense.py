@@ -1,8 +1,8 @@
 """Classical methods on a recipe's prepared data, for tasks whose answer is not one label: flow, words, reconstructions.
 
-    python benchmarks/baselines_dense.py recipes/train/moving_photos.yaml
-    python benchmarks/baselines_dense.py runs/docs_words-001          # and what this run has reached
-    python benchmarks/baselines_dense.py RECIPE KEY=VALUE ...          # overrides, as of perceiver train
+    python -m benchmarks.baselines_dense recipes/train/moving_photos.yaml
+    python -m benchmarks.baselines_dense runs/docs_words-001        # and what this run has reached
+    python -m benchmarks.baselines_dense RECIPE KEY=VALUE ...        # overrides, as of perceiver train
 
 Flow: no motion, and OpenCV's Farnebäck and DIS where `opencv-python-headless` is installed, on the frames as they are
 and enlarged. Masked words: the frequency of bytes, of bytes by the length of the word and the place in it, and an
@@ -201,17 +201,17 @@ def reconstructions(recipe: Recipe, train: Arrays, test: Arrays) -> Iterator[Res
         parts = [task.targets({name: torch.from_numpy(each[name])}, name).flatten(1).numpy() for each in (train, test)]
         mean = parts[0].mean(0)
         axes = np.linalg.svd(parts[0] - mean, full_matrices=False)[2]
-        signals[name] = (parts[1] - mean, axes, 1 if name == "video" and task.config.video_range == "unit" else 2)
+        signals[name] = (parts[1] - mean, axes)
     shares = SHARES if len(signals) == 2 else (1.0,)
     for share in shares:
         began = time.perf_counter()
         figures = {}
-        for (name, (centred, axes, span)), part in zip(signals.items(), (share, 1 - share), strict=False):
+        for (name, (centred, axes)), part in zip(signals.items(), (share, 1 - share), strict=False):
             kept = axes[: round(numbers * part)]
             left = centred - (centred @ kept.T) @ kept
-            figures[f"psnr_{name}"] = 10 * math.log10(span**2 / float(np.square(left).mean(1).mean()))
-        kept = " and ".join(f"{round(numbers * part)} of {name}" for name, part in zip(signals, (share, 1 - share)))
-        yield f"principal components, {kept}", figures, time.perf_counter() - began
+            figures[f"psnr_{name}"] = task.psnr(name, float(np.square(left).mean()))
+        shown = " and ".join(f"{round(numbers * part)} of {name}" for name, part in zip(signals, (share, 1 - share)))
+        yield f"principal components, {shown}", figures, time.perf_counter() - began
 
 
 METHODS = {"flow": flow, "masked_language": words, "autoencoding": reconstructions}

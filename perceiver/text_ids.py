@@ -44,5 +44,9 @@ def byte_ids(text: str, length: int) -> list[int]:
 def byte_text(ids: Sequence[int]) -> str:
     """Return the text of ids up to SEP; other special ids are left out, and what is not UTF-8 becomes U+FFFD."""
     whole = list(ids)
-    end = whole.index(SEP) if SEP in whole else len(whole)
-    return bytes(number - SPECIALS for number in whole[:end] if number >= SPECIALS).decode("utf-8", "replace")
+    return plain_text(whole[: whole.index(SEP)] if SEP in whole else whole)
+
+
+def plain_text(ids: Sequence[int]) -> str:
+    """Return the text of all ids; special ids are left out, and what is not UTF-8 becomes U+FFFD."""
+    return bytes(number - SPECIALS for number in ids if number >= SPECIALS).decode("utf-8", "replace")

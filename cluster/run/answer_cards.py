@@ -1,7 +1,7 @@
 """Cards of what a run's final model makes of evaluation samples: flow, filled-in words, reconstructions."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 
 from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import RunFolder
-from cluster.run.samples import built_model, load_final, one_batch, read_samples
+from cluster.run.samples import built_model, load_final, one_batch, read_samples, spread
 from perceiver.modalities.text import BYTE_VOCABULARY
 from perceiver.model import Encoder
 from perceiver.report.figures import image_uri, montage, picture
@@ -19,7 +19,7 @@ from perceiver.report.page import Card, CardPart, Words
 from perceiver.tasks import Task, build_task
 from perceiver.tasks.autoencoding import Autoencoding
 from perceiver.tasks.masked_language import MaskedLanguage
-from perceiver.text_ids import SPECIALS
+from perceiver.text_ids import plain_text
 from pipelines.inspect.samples import flow_colours, heard, strip
 from pipelines.shards.manifest import Manifest
 
@@ -36,6 +36,7 @@ NOTES = {
 }
 
 Draw = Callable[[Any, torch.nn.Module, dict[str, torch.Tensor], Recipe], Card]
+"""Draws a batch of one sample; the card has no key yet."""
 
 
 def drawn_cards(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> tuple[list[Card], str]:
@@ -48,15 +49,14 @@ def drawn_cards(recipe: Recipe, folder: RunFolder, manifest: Manifest) -> tuple[
     if kind == "masked_language" and not _reads_bytes(model, task):
         return [], ""
     load_final(model, folder)
-    count = manifest.split(recipe.data.eval_split).samples
-    chosen = [int(number) for number in np.unique(np.linspace(0, count - 1, min(count, SHOWN)).astype(int))]
+    chosen = spread(manifest.split(recipe.data.eval_split).samples, SHOWN)
     cards = []
     for number, sample in read_samples(recipe, manifest, chosen, chosen).items():
         batch = {name: torch.as_tensor(np.asarray(value))[None] for name, value in sample.view.items()}
         batch |= one_batch(model, sample.view)
         with torch.no_grad():
             card = draw(task, model, {**batch, "sample_id": torch.tensor([number])}, recipe)
-        cards.append(Card(sample.key, card.parts, card.text, card.note))
+        cards.append(replace(card, key=sample.key))
     return cards, NOTES[kind]
 
 
@@ -80,25 +80,26 @@ def _flow(task: Task, model: torch.nn.Module, batch: dict[str, torch.Tensor], re
         error = float(np.hypot(*(found - true))[valid].mean())
         still = float(np.hypot(*true)[valid].mean())
         note = f"end-point error {error:.3g} pixels; of no motion {still:.3g}"
-    return Card("", [strip([*frames, *flows], note or "no known flow")], note=note)
+    return Card(parts=[strip([*frames, *flows], note or "no known flow")], note=note)
 
 
 def _filled(task: Task, model: torch.nn.Module, batch: dict[str, torch.Tensor], recipe: Recipe) -> Card:
     """Return the text with what the model fills in for the masked words."""
-    masked = cast(MaskedLanguage, task).masked(batch)
-    hidden = batch["text"].masked_fill(masked, cast(MaskedLanguage, task).config.mask_id)
+    own = cast(MaskedLanguage, task)
+    masked = own.masked(batch)
+    hidden = batch["text"].masked_fill(masked, own.config.mask_id)
     guesses = task.predict(model, {**batch, "text": hidden})["prediction"][0].tolist()
     true, places = batch["text"][0].tolist(), masked[0].tolist()
     parts = [
-        Words(_text(guesses[start:end]), "right" if guesses[start:end] == true[start:end] else "wrong", truth)
+        Words(plain_text(guesses[start:end]), "right" if guesses[start:end] == true[start:end] else "wrong", truth)
         if places[start]
         else Words(truth)
         for start, end in _runs(places)
-        if (truth := _text(true[start:end]))
+        if (truth := plain_text(true[start:end]))
     ]
     filled = [part for part in parts if part.state != "given"]
     right = sum(part.state == "right" for part in filled)
-    return Card("", text=parts, note=f"{right} of {len(filled)} masked words are right")
+    return Card(text=parts, note=f"{right} of {len(filled)} masked words are right")
 
 
 def _runs(places: list[bool]) -> Iterator[tuple[int, int]]:
@@ -110,10 +111,6 @@ def _runs(places: list[bool]) -> Iterator[tuple[int, int]]:
             start = end
 
 
-def _text(ids: list[int]) -> str:
-    return bytes(number - SPECIALS for number in ids if number >= SPECIALS).decode("utf-8", "replace")
-
-
 def _reconstructed(task: Task, model: torch.nn.Module, batch: dict[str, torch.Tensor], recipe: Recipe) -> Card:
     """Draw frames and spectrogram above their reconstructions, with players of the sound."""
     found, own = task.predict(model, batch), cast(Autoencoding, task)
@@ -122,11 +119,10 @@ def _reconstructed(task: Task, model: torch.nn.Module, batch: dict[str, torch.Te
     for name in own.grids:
         true = own.targets(batch, name)[0].numpy()
         made = found[name][0].numpy()
-        unit = name == "video" and own.config.video_range == "unit"
-        square = float(np.square(true - made).mean())
-        notes.append(f"{name} {10 * math.log10((1 if unit else 4) / max(square, 1e-12)):.1f} dB")
+        notes.append(f"{name} {own.psnr(name, float(np.square(true - made).mean())):.1f} dB")
         if name == "video":
             shape = batch["video"].shape[1:]
+            unit = own.config.video_range == "unit"
             rows = [_frames(values if unit else values / 2 + 0.5, shape) for values in (true, made)]
             parts.append(CardPart("strip", image_uri(montage(rows, HEIGHT, GREY, gap=4), 960), "original, made"))
         else:
@@ -137,15 +133,14 @@ def _reconstructed(task: Task, model: torch.nn.Module, batch: dict[str, torch.Te
     if "prediction" in found and "label" in batch:
         right = int(found["prediction"][0]) == int(batch["label"][0])
         notes.append(f"class {'right' if right else 'wrong'}")
-    return Card("", parts, note=", ".join(notes))
+    return Card(parts=parts, note=", ".join(notes))
 
 
 def _frames(values: NDArray[np.floating], shape: torch.Size) -> list[Image.Image]:
     """Return at most `FRAMES` pictures of values in [0, 1], (F * H * W, C), of a video (F, C, H, W)."""
     count, channels, height, width = shape
     pixels = (values.reshape(count, height, width, channels).clip(0, 1) * 255).round().astype(np.uint8)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, FRAMES)).astype(int))
-    return [picture(pixels[number]).convert("RGB") for number in chosen]
+    return [picture(pixels[number]).convert("RGB") for number in spread(count, FRAMES)]
 
 
 _DRAWN: Mapping[str, Draw] = {"flow": _flow, "masked_language": _filled, "autoencoding": _reconstructed}

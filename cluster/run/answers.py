@@ -9,7 +9,7 @@ import torch
 
 from cluster.recipe.config import Recipe, kind_of
 from cluster.record.run_folder import RunFolder
-from cluster.run.samples import built_model, load_final, one_batch, read_samples
+from cluster.run.samples import built_model, load_final, one_batch, read_samples, spread
 from perceiver.factory import input_maps
 from perceiver.model import PerceiverIO
 from perceiver.report.boxes import RELEVANT, Answered
@@ -22,8 +22,7 @@ from pipelines.transforms.mask import IGNORED, decode_mask, mask_colours
 
 ANSWERS_SHOWN = 6
 """Samples of each skill of a general task that are shown, as many of pairs that training did not show."""
-SEGMENTED = 12
-SEGMENTED_NOTE = "the image, its mask, the prediction. Grey does not count."
+SEGMENTED, SEGMENTED_NOTE = 12, "the image, its mask, the prediction. Grey does not count."
 """Samples of a segmentation that are shown, and what their cards show."""
 
 
@@ -32,7 +31,7 @@ def segmented(recipe: Recipe, manifest: Manifest, predictions: Mapping[str, np.n
     if kind_of(recipe.task) != "segmentation" or not predictions:
         return []
     ids = predictions["sample_id"]
-    chosen = np.unique(np.linspace(0, len(ids) - 1, SEGMENTED).astype(int))
+    chosen = spread(len(ids), SEGMENTED)
     found = read_samples(recipe, manifest, {int(ids[place]) for place in chosen})
     guesses = {int(ids[place]): predictions["prediction"][place] for place in chosen}
     cards = []

@@ -23,6 +23,11 @@ from pipelines.shards.reader import Reader
 from pipelines.transforms import BadSample
 
 
+def spread(count: int, most: int) -> list[int]:
+    """Return at most `most` of the numbers below `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
+
+
 @dataclass(frozen=True)
 class Sample:
     """An evaluation sample as the report shows it.

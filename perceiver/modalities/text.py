@@ -33,7 +33,6 @@ class TextConfig(Config):
     conv_width: int = Field(
         default=5, ge=1, le=255, description="Tokens that the convolution sees, an odd number (front_end: conv)."
     )
-
     init_std: Scale = Field(default=1.0, description="Scale of the embeddings' truncated normal.")
     position_init_std: Scale = Field(default=0.02, description="Scale of the positions' truncated normal.")
 

@@ -52,13 +52,13 @@ class Card:
     """A sample with what a model answers.
 
     Attributes:
-        key: where the sample came from.
+        key: where the sample came from; empty: not shown.
         parts: pictures and sound.
         text: a text with what was filled in.
         note: figures of the sample.
     """
 
-    key: str
+    key: str = ""
     parts: Sequence[CardPart] = ()
     text: Sequence[Words] = ()
     note: str = ""

@@ -114,16 +114,20 @@ class Autoencoding(RandomTask):
         loss_sum = torch.stack(losses).sum()
         return LossOutput(loss_sum, {"loss": loss_sum.detach(), **sums})
 
-    def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
-        """Return loss, PSNR in dB of each signal and the label's accuracy.
+    def psnr(self, name: str, square: float) -> float:
+        """Return the PSNR in dB of a signal's mean square error.
 
-        The PSNR refers to the range of the values: 2 of samples in [-1, 1], of pixels that of `video_range`.
+        It refers to the range of the values: 2 of samples in [-1, 1], of pixels that of `video_range`.
         """
+        span = 1 if name == "video" and self.config.video_range == "unit" else 2
+        return 10 * math.log10(span**2 / max(square, 1e-12))
+
+    def summarise(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
+        """Return loss, PSNR in dB of each signal and the label's accuracy."""
         count = max(count, 1.0)
         metrics = {"loss": sums["loss"] / count}
         for name in self.grids:
-            span = 1 if name == "video" and self.config.video_range == "unit" else 2
-            metrics[f"psnr_{name}"] = 10 * math.log10(span**2 / max(sums[f"square/{name}"] / count, 1e-12))
+            metrics[f"psnr_{name}"] = self.psnr(name, sums[f"square/{name}"] / count)
         if self.label:
             metrics["accuracy"] = sums["correct"] / max(sums["labels"], 1.0)
         return metrics

@@ -47,7 +47,7 @@ class FlowFeature(BaseFeature):
         return decode_flow(stored or b"", self.channels, view.max_pixels)
 
     def show(self, name: str, decoded: Any, view: ViewConfig, training: bool, rng: RngFactory) -> Mapping[str, Any]:
-        """Crop both frames and the flow; `view` is one of an evaluation, see `SampleSpec`, if `training` is not set."""
+        """Crop both frames and the flow to `view.image_size`, in evaluations `flow.eval_size` where that is given."""
         size = view.image_size or self.size
         assert size is not None, "shapes() is called first"
         found = training_view(decoded, size, view.flow, rng()) if training else evaluation_view(decoded, size)

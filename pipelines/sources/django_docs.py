@@ -14,7 +14,7 @@ from perceiver.config import UserError
 from pipelines.features import LabelFeature, TextFeature
 from pipelines.packages import Package, fetch, read_once
 from pipelines.sources import Listing, Sample, Unit, refuse_options
-from pipelines.sources._common import number, share, units_of
+from pipelines.sources._common import item_seed, number, share, units_of
 
 PACKAGE = Package(
     "django==5.2.19",
@@ -28,9 +28,6 @@ LENGTH = 254
 """With two special ids around it, a piece has 256 tokens."""
 HELD_OUT = 10
 """One document in as many is held out."""
-
-Piece = tuple[str, str, str]
-"""Name of the document and number of the piece, part of the manual, text."""
 
 
 def part_of(document: str) -> str:
@@ -97,9 +94,10 @@ class DjangoDocs:
         taken = share(options, "share", "0.1") if "share" in options else 1.0
         splits: dict[str, list[tuple[str, int]]] = {"train": [], "test": []}
         for name, text in read_archive(str(fetch(PACKAGE, src))).items():
-            split = "test" if _hash(name) % HELD_OUT == 0 else "train"
+            digest = hashlib.sha256(name.encode()).digest()
+            split = "test" if int.from_bytes(digest[:8], "little") % HELD_OUT == 0 else "train"
             for index, _ in enumerate(pieces(text, length)):
-                if split == "test" or _hash(f"{seed}/{name}/{index}") % 10_000 < round(10_000 * taken):
+                if split == "test" or item_seed(seed, f"{name}/{index}") % 10_000 < round(10_000 * taken):
                     splits[split].append((name, index))
         if not splits["train"]:
             raise UserError(f"option share = {taken:g} leaves no text to train on: give a larger one")
@@ -118,10 +116,6 @@ class DjangoDocs:
             if name not in cut:
                 cut[name] = list(pieces(documents[name], unit.content["length"]))
             yield {"key": f"{name}#{index}", "text": cut[name][index], "label": PARTS.index(part_of(name))}
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 source = DjangoDocs()
